@@ -15,6 +15,7 @@ from inlaid.adapters.merge import attach_adapter, effective_delta, merge_adapter
 from inlaid.adapters.read import read_adapter
 from inlaid.adapters.write import export_adapter, write_diffusers
 from support.layouts import ALL, LAYOUTS, WAN, original, pipeline, run, spell, trained
+from support.slow import slow
 
 
 def check(adapter: Adapter, base, expected: torch.Tensor) -> None:
@@ -30,8 +31,15 @@ def check(adapter: Adapter, base, expected: torch.Tensor) -> None:
 # --- layouts ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dora"),
+    [
+        (layout, dora) if dora or layout in ("diffusers", "parameter") else slow(layout, dora)
+        for layout in LAYOUTS
+        for dora in (False, True)
+    ],
+    ids=lambda x: x if isinstance(x, str) else ("lora", "dora")[x],
+)  # a LoRA of the other layouts is read in `test_alpha_of_each_layer_is_kept`
 def test_every_layout_loads_exactly(base, tmp_path: Path, layout: str, dora: bool):
     model, tensors, _ = trained(base, alpha=2, dora=dora)
     path = tmp_path / "adapter.safetensors"
@@ -56,7 +64,7 @@ def test_alpha_of_each_layer_is_kept(base, tmp_path: Path, layout: str):
     check(adapter, base, run(model))
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dora", [slow(False), True], ids=["lora", "dora"])
 def test_a_folder_of_peft(base, tmp_path: Path, dora: bool):
     from peft import LoraConfig, get_peft_model
 
@@ -108,8 +116,8 @@ def test_pickled_tensors_are_read_safely(base, tmp_path: Path):
     "modules",
     [
         [m for m in ALL if ".attn" in m],
-        [m for m in ALL if ".attn1." in m],
-        [m for m in ALL if m.startswith("blocks.1.")],
+        slow([m for m in ALL if ".attn1." in m]),
+        slow([m for m in ALL if m.startswith("blocks.1.")]),
         ["blocks.1.ffn.net.2"],
     ],
     ids=["attention", "no cross-attention", "not from block 0", "one layer"],
@@ -173,7 +181,7 @@ def test_biases_of_lightx2v(base, tmp_path: Path):
 # --- alpha and ranks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dora", [slow(False), True], ids=["lora", "dora"])
 def test_our_folder_loads_with_nothing_else(base, tmp_path: Path, dora: bool):
     model, tensors, config = trained(
         base,

@@ -19,6 +19,7 @@ from inlaid.adapters.inspect import describe, inspect_path
 from inlaid.adapters.read import read_adapter
 from inlaid.families.wan import Wan
 from support.layouts import ALL, WAN, spell, trained
+from support.slow import mostly_slow
 
 KEY = "lora_adapter_metadata"
 
@@ -58,7 +59,10 @@ VALUES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", VALUES)
+ALIKE = ("alpha infinite", "alpha zero", "alpha huge", "pattern slower")
+
+
+@pytest.mark.parametrize("name", mostly_slow(VALUES, lambda name: name not in ALIKE))
 def test_configurations(tensors, tmp_path, name):
     values, says = VALUES[name]
     path = written(tmp_path, tensors, values)

@@ -124,7 +124,15 @@ def same(new: dict[str, Tensor], wanted: dict[str, Tensor], base: dict[str, Tens
     return worst
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "bias"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        *[slow("wan", "lora"), ("wan", "dora"), ("wan", "bias")],
+        *[("mochi", "lora"), ("mochi", "dora"), slow("mochi", "bias")],
+        *[("cogvideox", "lora"), slow("cogvideox", "dora"), slow("cogvideox", "bias")],
+    ],
+    indirect=["model"],
+)
 def test_comfyui(model: Any, kind: str, tmp_path: Path) -> None:
     name = type(model).__name__.lower()
     targets = EVERYTHING[name] if kind != "bias" else (EVERYTHING[name][0].replace("|add_[qv]_proj", ""),)
@@ -144,7 +152,7 @@ def test_comfyui(model: Any, kind: str, tmp_path: Path) -> None:
     same(clients.comfy(base, without, name)[0], wanted, base)  # a program that ignores alpha is right too
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dora", [slow(False), True], ids=["lora", "dora"])
 def test_a_convolution_for_comfyui(model: Any, dora: bool, tmp_path: Path) -> None:
     conv = {"Wan": "patch_embedding"}.get(type(model).__name__, r"patch_embed\.proj")
     adapter, merged = trained(model, tmp_path, [conv, ".*attn1.to_q"], dora=dora)
@@ -155,8 +163,16 @@ def test_a_convolution_for_comfyui(model: Any, dora: bool, tmp_path: Path) -> No
     same(new, wanted, base)
 
 
-@pytest.mark.parametrize("kind", ["lokr", "loha"])
-@pytest.mark.parametrize("rank", [1, 40], ids=["decomposed", "full"])
+LYCORIS = [(rank, kind) for rank in (1, 40) for kind in ("lokr", "loha")]
+SOME = [("wan", 1, "lokr"), ("mochi", 1, "loha"), ("cogvideox", 40, "lokr"), ("wan", 40, "loha")]
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "kind"),
+    [(m, *c) if (m, *c) in SOME else slow(m, *c) for m in EVERYTHING for c in LYCORIS],
+    indirect=["model"],
+    ids=lambda x: {1: "decomposed", 40: "full"}.get(x, x),
+)
 def test_lokr_and_loha_for_comfyui(model: Any, kind: str, rank: int, tmp_path: Path) -> None:
     name = type(model).__name__.lower()
     merged, folder = lycoris_run(model, kind, rank, EVERYTHING[name], tmp_path)
@@ -193,8 +209,11 @@ def test_musubi(wan: Any, image: bool, tmp_path: Path) -> None:
     assert len(per_block) == (12 if image else 10), "untrained layers are in the file, as zeros"
 
 
-@pytest.mark.parametrize("kind", ["lokr", "loha"])
-@pytest.mark.parametrize("rank", [1, 40], ids=["decomposed", "full"])
+@pytest.mark.parametrize(
+    ("rank", "kind"),
+    [c if ("wan", *c) in SOME else slow(*c) for c in LYCORIS],
+    ids=lambda x: {1: "decomposed", 40: "full"}.get(x, x),
+)
 def test_lokr_and_loha_for_musubi(wan: Any, kind: str, rank: int, tmp_path: Path) -> None:
     merged, folder = lycoris_run(wan, kind, rank, EVERYTHING["wan"], tmp_path)
     base, wanted = states(wan, merged)
@@ -222,7 +241,7 @@ def test_diffsynth_lightx2v_and_kijai(wan: Any, tmp_path: Path) -> None:
     same(new, wanted, base)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dora", [slow(False), True], ids=["lora", "dora"])
 def test_wan_alpha(dora: bool, tmp_path: Path) -> None:
     wan = opened("wan", tmp_path)
     adapter, merged = trained(wan, tmp_path / "a", EVERYTHING["wan"][:2], dora=dora)

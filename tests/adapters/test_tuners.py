@@ -16,6 +16,7 @@ from inlaid.adapters import tuners
 from inlaid.adapters.efficient_layers import _Product, _Rescaled, row_norm
 from inlaid.families.wan import Wan
 from inlaid.training.optim import swapped
+from support.slow import slow
 
 
 def wan(folder: Path) -> Wan:
@@ -41,8 +42,9 @@ def predict(denoiser: torch.nn.Module) -> torch.Tensor:
     return denoiser(x.to(dtype), torch.tensor([900.0, 100.0]), text.to(dtype), return_dict=False)[0]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("alpha", [None, 7.0])
+@pytest.mark.parametrize(
+    ("alpha", "kind"), [slow(None, "lora"), (None, "dora"), (7.0, "lora"), slow(7.0, "dora")]
+)
 def test_stock_pipeline_loads_what_was_trained(
     tiny_wan: Path, tmp_path: Path, kind: str, alpha: float | None
 ) -> None:
@@ -113,8 +115,13 @@ def test_gradients_that_are_written_by_hand() -> None:
     assert torch.allclose(_Rescaled.apply(y, h, b, m, 0.7), whole)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        *[slow(torch.bfloat16, "lora"), (torch.bfloat16, "dora")],
+        *[(torch.float32, "lora"), slow(torch.float32, "dora")],
+    ],
+)
 def test_inputs_that_are_kept_as_they_come_change_no_bit(
     kind: str, dtype: torch.dtype, tiny_wan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,21 +27,25 @@ from inlaid.training.steps import DenoisingStep
 from support.joint import (
     CASES,
     CPU,
+    FEW,
     ONE_SEQUENCE,
     Checkpoint,
     every_case,
+    mostly_few_cases,
     network,
     opened,
     pipeline_inputs,
     size,
     swap,
 )
-from support.slow import slow
+from support.slow import mostly_slow, slow
 
 # --- positions ----------------------------------------------------------------------------------------------
 
 
-@every_case
+@pytest.mark.parametrize(
+    "case", mostly_slow(CASES, [*FEW, ("cogvideox", "2b")].__contains__), ids="-".join
+)  # each kind of positions
 def test_equal_clips_stay_equal_and_wan_does_to_them_what_it_does_to_one(
     case: tuple[str, str], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +64,7 @@ def test_equal_clips_stay_equal_and_wan_does_to_them_what_it_does_to_one(
     assert difference < 1e-5 if case[0] == "wan" else difference > 1e-3
 
 
-@every_case
+@mostly_few_cases
 def test_swapped_clips_come_out_swapped(case: tuple[str, str], checkpoint: Checkpoint) -> None:
     rule = "block" if case[0] == "wan" else "open"
     family = opened(checkpoint, case, domain_embedding=False, text_to_alpha=rule)
@@ -71,7 +75,7 @@ def test_swapped_clips_come_out_swapped(case: tuple[str, str], checkpoint: Check
     assert (out - swapped).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("case", ONE_SEQUENCE, ids="-".join)
+@pytest.mark.parametrize("case", mostly_slow(ONE_SEQUENCE, FEW.__contains__), ids="-".join)
 def test_only_that_text_sees_color_tells_the_halves_apart(
     case: tuple[str, str], checkpoint: Checkpoint
 ) -> None:
@@ -98,8 +102,12 @@ def trained(family: Any, kind: str, **tuner: Any) -> tuple[Any, dict[str, nn.Par
     return denoiser, open_to
 
 
-@every_case
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("lora", c) if c in FEW else slow("lora", c) for c in CASES]
+    + [("dora", c) if c == FEW[0] else slow("dora", c) for c in CASES],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_tokens_of_color_and_text_are_not_changed_at_all(
     case: tuple[str, str], kind: str, checkpoint: Checkpoint
 ) -> None:
@@ -124,7 +132,7 @@ def test_tokens_of_color_and_text_are_not_changed_at_all(
     assert before == [0.0] * len(before) and min(after) > 1e-4
 
 
-@every_case
+@mostly_few_cases
 def test_all_that_trains_has_a_gradient_and_recomputing_changes_none(
     case: tuple[str, str], checkpoint: Checkpoint
 ) -> None:
@@ -329,8 +337,20 @@ def by_hand(family: Any, rule: str) -> Callable[..., Tensor]:
     return lambda **asked: denoiser(**asked)[0]
 
 
-@pytest.mark.parametrize("rule", ["block", "bias"])
-@every_case
+SOME = [
+    (("mochi", "t2v"), "block"),
+    (("cogvideox", "5b"), "bias"),
+    (("cogvideox", "2b"), "block"),
+    (("cogvideox", "1.5"), "block"),
+]
+"""Where text and video attend to each other, each network with a rule."""
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [(c, r) if c[0] == "wan" or (c, r) in SOME else slow(c, r) for c in CASES for r in ("block", "bias")],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_first_steps_of_the_pipeline_are_those_of_a_dense_mask(
     case: tuple[str, str], rule: str, checkpoint: Checkpoint
 ) -> None:
@@ -382,7 +402,7 @@ def test_positions_of_the_table_that_the_network_was_built_with(checkpoint: Chec
 # --- the pipeline -------------------------------------------------------------------------------------------
 
 
-@every_case
+@pytest.mark.parametrize("case", mostly_slow(CASES, (FEW[0], FEW[2]).__contains__), ids="-".join)
 def test_untrained_and_from_equal_noise_alpha_is_the_picture(
     case: tuple[str, str], checkpoint: Checkpoint
 ) -> None:
@@ -492,8 +512,13 @@ def test_blocks_compile_into_one_graph(case: tuple[str, str], checkpoint: Checkp
     assert (found[0] - found[1]).norm() <= 1e-4 * found[0].norm()
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [
+        *[("lora", "int8"), slow("lora", "int4"), ("lora", "nf4")],
+        *[slow("dora", "int8"), ("dora", "int4"), slow("dora", "nf4")],
+    ],
+)
 def test_the_base_may_be_small(scheme: Any, kind: str, checkpoint: Checkpoint) -> None:
     """Color is what the small base makes of it, to the last bit."""
     pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}.get(scheme, "torch"))

@@ -25,13 +25,11 @@ from inlaid.runs.launch import start_processes
 from inlaid.tiny import random
 from inlaid.training.loop import train
 from support import rgba_clips
-from support.joint import CASES, Checkpoint, pipeline_inputs
+from support.joint import CASES, FEW, Checkpoint, pipeline_inputs
 from support.ranks import difference, together
 from support.slow import mostly_slow, slow
 
 CPU = torch.device("cpu")
-FEW = [("wan", "t2v"), ("mochi", "t2v"), ("cogvideox", "5b")]
-"""One checkpoint of each family, for what does not depend on its kind."""
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from inlaid.runs.folder import Run, read_header
 from inlaid.runs.launch import start_processes
 from inlaid.training.loop import train
 from support.rgba_vaes import disc, made, rgba_clips
+from support.slow import slow
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def write(rgba_vae: RgbaVae, layout: str, folder: Path) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["decoder", "lightning", "whole", "folded whole", "comfyui"])
+@pytest.mark.parametrize("layout", ["decoder", "lightning", slow("whole"), "folded whole", "comfyui"])
 def test_every_layout_imports_and_does_the_same(
     rgba_vae: RgbaVae, tiny_wan: Path, vae: AutoencoderKLWan, layout: str, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from inlaid.check.check import Report
 from inlaid.data import modality_video
 from inlaid.media import video
 from support import videos
+from support.slow import slow
 
 
 def printed(report: Report) -> str:
@@ -215,7 +216,7 @@ def test_no_weights_are_read(run, tiny_wan, tmp_path):
     assert run(model={"family": "wan", "checkpoint": str(bare)}).ok
 
 
-@pytest.mark.parametrize("variant", ["tiny_a14b", "tiny_5b"])
+@pytest.mark.parametrize("variant", ["tiny_a14b", slow("tiny_5b")])
 def test_other_networks_of_the_family(run, request, variant):
     folder = request.getfixturevalue(variant)
     expert = {"expert": "high"} if variant == "tiny_a14b" else {}

@@ -126,7 +126,7 @@ def test_attention_is_quadratic_and_never_kept(wan):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("adamw", 8), ("adamw8bit", 2), ("adamw4bit", 1), ("prodigy", 16)]
+    ("name", "size"), [("adamw", 8), ("adamw8bit", 2), slow("adamw4bit", 1), slow("prodigy", 16)]
 )
 def test_optimizer_state(wan, name, size):
     found = estimate(wan, recipe(optim={"name": name}), optimizer=name)
@@ -160,7 +160,7 @@ def test_precision_halves_the_frozen_weights(wan):
     assert full.parameters == full.trained == wide.parameters
 
 
-@pytest.mark.parametrize("scheme", ["int8", "float8", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", [slow("int8"), "float8", "int4", slow("nf4")])
 def test_a_quantised_base_is_smaller_by_its_blocks_linear_layers(wan, scheme):
     plain, small = (
         estimate(wan, recipe(memory={"quantize": q}), precision=torch.bfloat16) for q in (None, scheme)

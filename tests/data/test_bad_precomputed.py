@@ -15,7 +15,7 @@ import torch
 from inlaid.tiny.random import TEXT_WIDTH
 from support.commands import inlaid
 from support.precomputed import CASES, Checkpoint, clips, recipe, write
-from support.slow import slow
+from support.slow import mostly_slow
 
 MOCHI, COG, I2V, PAIRS = CASES
 
@@ -179,7 +179,10 @@ CASES_: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("case", [name if i % 3 == 1 else slow(name) for i, name in enumerate(CASES_)])
+OFTEN = [name for i, name in enumerate(CASES_) if i % 3 == 1 and name not in ("strings", "cut off")]
+
+
+@pytest.mark.parametrize("case", mostly_slow(CASES_, OFTEN.__contains__))
 def test_encoded_clip(
     case: str, checkpoint: Checkpoint, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

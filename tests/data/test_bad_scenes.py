@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from support.commands import inlaid
-from support.slow import slow
+from support.slow import mostly_slow
 
 pytest.importorskip("trimesh")
 
@@ -145,7 +145,13 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name if i % 3 == 1 else slow(name) for i, name in enumerate(BAD)])
+OFTEN = (
+    *("no picture", "three ids, two surfaces", "a pickle that calls", "no points", "two surfaces in one"),
+)
+"""What every run of the tests does; of the others, test_scenes.py and test_pickled.py read the most."""
+
+
+@pytest.mark.parametrize("name", mostly_slow(BAD, OFTEN.__contains__))
 def test_a_bad_scene_is_named_by_check(name: str, place: Path) -> None:
     spoil, says = BAD[name]
     spoil(place / "scenes/s1")

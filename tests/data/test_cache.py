@@ -86,6 +86,7 @@ def test_another_encoder_is_another_item(recipe: Callable[..., dict], tiny_wan: 
     assert set(other.text) == set(one.text) or other.text
 
 
+@pytest.mark.slow  # see `test_damaged_item_is_encoded_again`
 def test_a_truncated_item_is_made_again(recipe: Callable[..., dict]) -> None:
     raw = recipe()
     build(raw)
@@ -97,6 +98,7 @@ def test_a_truncated_item_is_made_again(recipe: Callable[..., dict]) -> None:
         assert torch.equal(load_file(broken)["latents"], wanted)
 
 
+@pytest.mark.slow  # see `test_item_that_was_changed`
 def test_a_changed_item_stops_with_its_name(recipe: Callable[..., dict]) -> None:
     raw = recipe()
     build(raw)
@@ -121,6 +123,7 @@ def test_an_item_under_the_name_of_another_is_encoded_again(recipe: Callable[...
     assert build(raw).built.made == 1 and one.read_bytes() == right
 
 
+@pytest.mark.slow  # see `test_cache_that_cannot_be_written`
 def test_a_full_disk_keeps_what_is_there(
     recipe: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +149,7 @@ def test_a_full_disk_keeps_what_is_there(
     assert build(raw).built.made == 2
 
 
+@pytest.mark.slow  # see test_bad_clips.py
 def test_bad_clips_stop_or_are_quarantined(recipe: Callable[..., dict], tmp_path: Path) -> None:
     raw = recipe(data__cache=str(tmp_path / "cache"))
     (tmp_path / "clips/02.mp4").write_bytes(b"not a video")

@@ -14,6 +14,7 @@ import pytest
 from inlaid import config
 from inlaid.data.sampler import make_sampler
 from support import videos
+from support.slow import slow
 from support.sources import SIZE, codes, message, plan
 
 
@@ -350,8 +351,8 @@ def test_sampler_of_a_plan_has_one_shape_per_batch(clips):
 @pytest.mark.parametrize(
     ("source", "layout", "first"),
     [
-        ({"path": "press"}, "folder", "A large metal cylinder is seen compressing colorful clay"),
-        (
+        slow({"path": "press"}, "folder", "A large metal cylinder is seen compressing colorful clay"),
+        slow(
             {"path": "clips", "layout": "lines"},
             "lines",
             "A hiker standing at the top of a mountain, triumphantly, high",
@@ -361,12 +362,12 @@ def test_sampler_of_a_plan_has_one_shape_per_batch(clips):
             "csv",
             'A hiker standing at the top of a mountain, triumphantly, "high quality"',
         ),
-        (
+        slow(
             {"path": "clips", "layout": "csv"},
             "csv",
             'A hiker standing at the top of a mountain, triumphantly, "high',
         ),
-        ({"path": "clips/train.jsonl"}, "jsonl", "A hiker standing at the top of a mountain"),
+        slow({"path": "clips/train.jsonl"}, "jsonl", "A hiker standing at the top of a mountain"),
     ],
 )
 def test_real_layouts(media_root, source, layout, first):

@@ -26,7 +26,7 @@ from inlaid.objectives import mean_squared_error
 from inlaid.tiny import random
 from inlaid.training.loop import train
 from support.commands import inlaid
-from support.slow import slow
+from support.slow import mostly_slow, slow
 
 CPU = torch.device("cpu")
 VARIANTS = [variant for name, variant in random.cases() if name == "cogvideox"]
@@ -38,8 +38,9 @@ SHAPES = {
     "1.5-i2v": (13, 32, 48),
 }
 """Frames, height and width; where positions are not learned, none that the table or grid was made for."""
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 image_variants = pytest.mark.parametrize("variant", ["i2v", "1.5-i2v"])
+OFTEN = ("2b", "5b", "1.5-i2v")
+"""Both kinds of positions, and images with pairs of latent frames."""
 Checkpoints = Callable[[str, str], Path]
 
 
@@ -80,7 +81,7 @@ def first_step(folder: Path, prompt: str, shape: tuple[int, int, int]) -> dict:
     return seen
 
 
-@every_variant
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, OFTEN.__contains__))
 def test_first_step_equals_the_stock_pipeline(variant: str, checkpoint: Checkpoints) -> None:
     folder, shape = checkpoint("cogvideox", variant), SHAPES[variant]
     stock = first_step(folder, "A red  car", shape)
@@ -151,7 +152,7 @@ def test_image_noise_is_as_taught_and_a_function_of_the_frame() -> None:
     assert not torch.allclose(noise[0], noise[1]) and not torch.allclose(noise[0][0], noise[0][1])
 
 
-@image_variants
+@pytest.mark.parametrize("variant", [slow("i2v"), "1.5-i2v"])
 def test_images_are_dropped_clip_by_clip_and_copies_take_turns(variant: str, checkpoint: Checkpoints) -> None:
     cog = family(checkpoint("cogvideox", variant))
     stored = cog.stored(13 if cog.pair == 2 else 9, 32, 32)
@@ -262,7 +263,7 @@ def test_all_226_tokens_are_text(checkpoint: Checkpoints) -> None:
     assert cog.collate(items)["text"].shape == (3, 226, 32)
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b", "i2v", "1.5-i2v"])
+@pytest.mark.parametrize("variant", ["2b", slow("5b"), slow("i2v"), "1.5-i2v"])
 def test_sample_is_the_stock_pipeline(variant: str, checkpoint: Checkpoints) -> None:
     folder, shape = checkpoint("cogvideox", variant), SHAPES[variant]
     cog = family(folder)
@@ -310,7 +311,7 @@ def test_bfloat16_base_trains_and_generates(checkpoint: Checkpoints) -> None:
     ("name", "parameters", "frames", "size", "latents", "tokens", "grid", "fps"),
     [
         ("CogVideoX-2b", 1_693_783_872, 49, (480, 720), (16, 13, 60, 90), 17_776, Grid(16, 4), 8),
-        ("CogVideoX-5b", 5_570_283_072, 49, (480, 720), (16, 13, 60, 90), 17_776, Grid(16, 4), 8),
+        slow("CogVideoX-5b", 5_570_283_072, 49, (480, 720), (16, 13, 60, 90), 17_776, Grid(16, 4), 8),
         (
             "CogVideoX-5b-I2V",
             None,

@@ -26,6 +26,7 @@ from inlaid.training.loop import train
 from support.contract import (
     CASES,
     CPU,
+    FEW,
     FIRST,
     VIDEO,
     WORDLESS,
@@ -33,6 +34,7 @@ from support.contract import (
     every_case,
     example,
     metrics,
+    mostly_few_cases,
     mostly_first_cases,
     open_family,
     random_batch,
@@ -43,7 +45,7 @@ from support.slow import mostly_slow, slow
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [(c, "lora") if c in FIRST else slow(c, "lora") for c in CASES]
+    [(c, "lora") if c in (*FEW, ("mochi", "t2v")) else slow(c, "lora") for c in CASES]
     + [(c, "dora") if c == ("wan", "t2v") else slow(c, "dora") for c in CASES],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
@@ -103,7 +105,7 @@ def test_loss_falls(case: tuple[str, str], contract_recipe: Callable[..., dict])
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
 
 
-@mostly_first_cases
+@mostly_few_cases
 def test_resume_is_bit_exact(
     case: tuple[str, str],
     contract_recipe: Callable[..., dict],
@@ -118,7 +120,7 @@ def test_resume_is_bit_exact(
     assert all(torch.equal(a[k], b[k]) for k in a) and set(a) == set(b)
 
 
-@mostly_first_cases
+@mostly_few_cases
 def test_full_fine_tuning_loads_with_from_pretrained(
     case: tuple[str, str], contract_recipe: Callable[..., dict]
 ) -> None:
@@ -132,7 +134,7 @@ def test_full_fine_tuning_loads_with_from_pretrained(
     assert len(changed) > 0.5 * len(base)
 
 
-@pytest.mark.parametrize("case", mostly_slow(VIDEO, lambda c: c in FIRST or c[1] == "a14b"), ids="-".join)
+@pytest.mark.parametrize("case", mostly_slow(VIDEO, lambda c: c in FEW or c[1] == "a14b"), ids="-".join)
 def test_videos_come_out_of_the_stock_pipeline(
     case: tuple[str, str], contract_run: Callable[..., config.Config], tmp_path: Path
 ) -> None:
@@ -165,9 +167,14 @@ def test_the_network_is_counted_on_shapes_alone(
     assert counts.activations > 0 and counts.linear > 0 and counts.attention > 0
 
 
-@mostly_first_cases
+SMALL = [({"layerwise_casting": "float8"}, ("mochi", "t2v")), ({"quantize": "int8"}, ("midi", "scene"))]
+"""How weights are kept small, and in which network every run of the tests does it."""
+
+
 @pytest.mark.parametrize(
-    "small", [{"layerwise_casting": "float8"}, {"quantize": "int8"}], ids=lambda s: next(iter(s.values()))
+    ("small", "case"),
+    [(small, c) if c == often else slow(small, c) for c in CASES for small, often in SMALL],
+    ids=lambda x: "-".join(x if isinstance(x, tuple) else x.values()),
 )
 def test_weights_can_be_kept_small(
     small: dict[str, Any], case: tuple[str, str], checkpoint: Callable[[str, str], Path]

@@ -14,6 +14,7 @@ from inlaid import config
 from inlaid.adapters import tuners
 from inlaid.families import Grid, get, names
 from inlaid.families.wan import Wan
+from support.slow import slow
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ def test_first_step_equals_the_stock_pipeline(
     assert (ours - stock["output"]).abs().max().item() == 0.0
 
 
-@pytest.mark.parametrize(("expert", "component"), [("high", "transformer"), ("low", "transformer_2")])
+@pytest.mark.parametrize(("expert", "component"), [slow("high", "transformer"), ("low", "transformer_2")])
 def test_first_step_of_each_expert(tiny_a14b: Path, expert: str, component: str) -> None:
     stock = first_step(tiny_a14b, "a car", 32, 9, component, steps=8)
     wan = family(tiny_a14b, expert=expert)

@@ -21,9 +21,14 @@ from inlaid.media.video import probe
 from inlaid.tiny import random
 from inlaid.tiny.random import TEXT_WIDTH
 from support.commands import inlaid
+from support.slow import mostly_slow, slow
 
 CPU = torch.device("cpu")
 VARIANTS = ("i2v", "flf2v", "i2v-a14b", "ti2v-i2v")
+mostly_few_variants = pytest.mark.parametrize(
+    "variant", mostly_slow(VARIANTS, ("flf2v", "ti2v-i2v").__contains__)
+)
+"""All ways of images into the network: by CLIP, beside the noise and, in TI2V, as the first latent frame."""
 Checkpoint = Callable[[str, str], Path]
 
 
@@ -64,7 +69,7 @@ def stock(folder: Path, wan: Wan, frames: np.ndarray, steps: int = 1, **options:
 
 @pytest.mark.parametrize(
     ("variant", "expert"),
-    [("i2v", None), ("flf2v", None), ("i2v-a14b", "high"), ("i2v-a14b", "low"), ("ti2v-i2v", None)],
+    [slow("i2v", None), ("flf2v", None), slow("i2v-a14b", "high"), ("i2v-a14b", "low"), ("ti2v-i2v", None)],
 )
 def test_first_step_equals_the_stock_pipeline(
     variant: str, expert: str | None, checkpoint: Checkpoint
@@ -96,7 +101,7 @@ def test_first_step_equals_the_stock_pipeline(
     assert ours.shape == x_t.shape and (ours - expected).abs().max().item() <= limit
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@mostly_few_variants
 def test_clips_of_a_batch_do_not_mix(variant: str, checkpoint: Checkpoint) -> None:
     wan = family(checkpoint("wan", variant), variant)
     encoder, denoiser = wan.load_media_encoder(CPU), wan.load_denoiser(torch.float32)
@@ -119,7 +124,7 @@ def test_clips_of_a_batch_do_not_mix(variant: str, checkpoint: Checkpoint) -> No
                 assert (changed - alone).abs().max() > 1e-6, f"{name} is seen"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@mostly_few_variants
 def test_sample_is_the_stock_pipeline(variant: str, checkpoint: Checkpoint) -> None:
     folder = checkpoint("wan", variant)
     wan = family(folder, variant)

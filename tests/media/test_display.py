@@ -21,6 +21,7 @@ from inlaid.media import color, rgba, video
 from inlaid.media.kinds import MediaError, Probe, available_frames
 from support import marked
 from support.marked import FRAMES, SIZE, numbers, off
+from support.slow import slow
 
 
 def read(path: Path, frames: int | None = None, fps: float = 16) -> np.ndarray:
@@ -35,7 +36,7 @@ def read(path: Path, frames: int | None = None, fps: float = 16) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("start", "seconds"), [(2, 2), (0, 3), (2.5, 1), (4, 2)])
-@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+@pytest.mark.parametrize("suffix", ["mp4", slow("mov")])
 def test_an_edit_list_shows_a_part(tmp_path: Path, suffix: str, start: float, seconds: float) -> None:
     path = marked.write(tmp_path / f"a.{suffix}", FRAMES, g=16, bf=2)
     marked.show_only(path, start, seconds)
@@ -108,13 +109,13 @@ def test_a_frame_is_held_in_the_middle(tmp_path: Path, suffix: str) -> None:
     ("name", "container", "codec"),
     [
         ("a.mp4", "mpegts", "libx264"),
-        ("a.ts", "mpegts", "libx264"),
+        slow("a.ts", "mpegts", "libx264"),
         ("a.m2ts", "mpegts", "mpeg2video"),
         ("a.mpg", "mpeg", "mpeg2video"),
         ("a.flv", "flv", "libx264"),
         ("a.mkv", "mp4", "libx264"),
-        ("a.mp4", "matroska", "libx264"),
-        ("a.mov", "avi", "mpeg4"),
+        slow("a.mp4", "matroska", "libx264"),
+        slow("a.mov", "avi", "mpeg4"),
     ],
 )
 def test_the_format_is_that_of_the_content(tmp_path: Path, name: str, container: str, codec: str) -> None:
@@ -352,11 +353,14 @@ def test_a_phone_s_jpeg_has_further_pictures(tmp_path: Path) -> None:
     assert marked.number(shown) == 5 and off(shown) <= 4
 
 
+PLAYERS = {(534, 1280): Colorspace.ITU709, (720, 960): Colorspace.ITU709, (576, 720): Colorspace.ITU601}
+
+
 @pytest.mark.parametrize(
-    ("size", "matrix"),
-    [((534, 1280), Colorspace.ITU709), ((720, 960), Colorspace.ITU709), ((576, 720), Colorspace.ITU601)],
+    ("alpha", "size", "matrix"),
+    [(False, *c) for c in PLAYERS.items()]
+    + [(True, *c) if c[1] == Colorspace.ITU601 else slow(True, *c) for c in PLAYERS.items()],
 )
-@pytest.mark.parametrize("alpha", [False, True])
 def test_an_untagged_matrix_is_that_of_players(
     tmp_path: Path, size: tuple[int, int], matrix: Colorspace, alpha: bool
 ) -> None:

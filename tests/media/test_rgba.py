@@ -17,7 +17,7 @@ from inlaid.media.pixels import multiplied
 from inlaid.media.rgba import _CODECS, CARRIERS
 from inlaid.media.video import probe, read_frames, write_video
 from support import commands
-from support.slow import slow
+from support.slow import mostly_slow, slow
 
 T, H, W = 9, 72, 96
 
@@ -48,7 +48,7 @@ def alpha_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a[..., 3].astype(int) - b[..., 3]).mean())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ("soft", "hair").__contains__))
 @pytest.mark.parametrize("suffix", list(CARRIERS))
 def test_alpha_survives_every_container(kind: str, suffix: str, tmp_path: Path) -> None:
     pixels = clip(kind)
@@ -78,7 +78,7 @@ def soft_error(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".mov"])
-@pytest.mark.parametrize("kind", ["soft", "ring"])
+@pytest.mark.parametrize("kind", ["soft", slow("ring")])
 def test_color_behind_the_matte_stays_out_of_soft_edges(
     suffix: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ def test_video_is_read_with_accurate_rounding_of_color(tmp_path: Path) -> None:
 BACKGROUNDS = ((0, 0, 0), (255, 255, 255), (0, 200, 60))
 
 
-@pytest.mark.parametrize("kind", ["soft", "glass", "ring", "smoke"])
+@pytest.mark.parametrize("kind", ["soft", "glass", slow("ring"), slow("smoke")])
 def test_a_pair_composites_as_the_straight_clip(kind: str, tmp_path: Path) -> None:
     pixels = clip(kind)
     for premultiplied in (True, False):

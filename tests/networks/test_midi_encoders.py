@@ -76,7 +76,7 @@ def items(one: Any, settings: config.Config) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("variant", "chosen"),
-    [("scene", "dino"), ("scene", "clip"), ("scene", "both"), ("triposg", "dino")],
+    [slow("scene", "dino"), ("scene", "clip"), ("scene", "both"), slow("triposg", "dino")],
 )
 def test_untrained_it_is_what_frozen_encoders_are(
     variant: str, chosen: str, scene_recipe: Callable[..., dict]

@@ -44,7 +44,7 @@ def steps(run: Path) -> int:
     return max((int(x["step"]) for x in lines), default=0)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "twice"])
+@pytest.mark.parametrize("name", ["SIGTERM", slow("SIGHUP"), "twice"])
 def test_a_signal_saves(recipe: Callable[..., dict], tmp_path: Path, name: str) -> None:
     """A session that ends sends SIGHUP from the kernel and from the shell, so two are no hurry."""
     file = write(recipe(**ENDLESS), tmp_path / "r.yaml")

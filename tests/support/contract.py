@@ -25,6 +25,9 @@ FIRST = list({family: (family, variant) for family, variant in reversed(CASES)}.
 """One checkpoint of each family, for what does not depend on its kind."""
 first_cases = pytest.mark.parametrize("case", FIRST, ids="-".join)
 mostly_first_cases = pytest.mark.parametrize("case", mostly_slow(CASES, FIRST.__contains__), ids=IDS)
+FEW = [("wan", "t2v"), ("midi", "scene")]
+"""One checkpoint of each modality, for what no family does in a way of its own."""
+mostly_few_cases = pytest.mark.parametrize("case", mostly_slow(CASES, FEW.__contains__), ids=IDS)
 
 
 def open_family(folder: Path, case: tuple[str, str]) -> Family:

@@ -13,10 +13,14 @@ from torch import Tensor
 from inlaid import config, families
 from inlaid.alpha.opening import build_family
 from inlaid.tiny import random
+from support.slow import mostly_slow
 
 CPU = torch.device("cpu")
 CASES = [("wan", "t2v"), ("wan", "ti2v"), ("mochi", "t2v"), *(("cogvideox", v) for v in ("5b", "2b", "1.5"))]
 every_case = pytest.mark.parametrize("case", CASES, ids="-".join)
+FEW = [("wan", "t2v"), ("mochi", "t2v"), ("cogvideox", "5b")]
+"""One checkpoint of each family, for what does not depend on its kind."""
+mostly_few_cases = pytest.mark.parametrize("case", mostly_slow(CASES, FEW.__contains__), ids="-".join)
 ONE_SEQUENCE = [c for c in CASES if c[0] != "wan"]
 """Where text and video attend to each other."""
 Checkpoint = Callable[[str, str], Path]

@@ -61,6 +61,7 @@ def test_the_judge_rejects_one_thing_wrong(how: str, which: str) -> None:
         assert not getattr(verdict, which) and not verdict.both, how
 
 
+@pytest.mark.slow  # see `red for orange`
 def test_the_judge_rejects_the_old_world() -> None:
     assert not any(rgba_judge.judge_subject(c.frames).both for c in rgba_world.clips(1, 6, validation=True))
 

@@ -31,8 +31,9 @@ from support.slow import slow
 CPU = torch.device("cpu")
 RUNS = [(q, k) for q in ("int8", "float8", "int4", "nf4") for k in ("lora", "dora", "lokr", "loha")]
 RUNS = [r for r in RUNS if r not in (("int4", "loha"), ("nf4", "loha"))]
-SOME = [("int8", "dora"), ("int8", "lokr"), ("float8", "lora"), ("int4", "dora"), ("nf4", "lora")]
-"""Every scheme, and every kind but one, in every run."""
+SOME = [("int8", "dora"), ("int8", "lokr"), ("nf4", "lora")]
+HALF = [("float8", "lora"), ("int4", "dora")]
+"""Every scheme in one of the two, and every kind but one, in every run of the tests."""
 ERROR = {"int8": 0.01, "float8": 0.05, "int4": 0.12, "nf4": 0.16, "bfloat16": 0.01, None: 0.0}
 """Largest relative error of an adapter's gradient that a scheme may cause, against float32."""
 NEEDS = {"int8": "torchao", "float8": "torchao", "nf4": "bitsandbytes", "int4": "torch"}
@@ -103,8 +104,9 @@ def test_adapters_learn_on_a_quantised_base(wan: Wan, tmp_path: Path, scheme: st
         assert error(predict(pipe.transformer), predict(wanted)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("scheme", ["int8", "float8", "int4", "nf4"])
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [r if r in HALF else slow(*r) for r in RUNS if r[1] in ("lora", "dora")]
+)
 def test_quantised_base_in_bfloat16(wan: Wan, scheme: str, kind: str) -> None:
     pytest.importorskip(NEEDS[scheme])
     half = torch.bfloat16
@@ -127,11 +129,11 @@ def test_int4_takes_four_bits(wan: Wan) -> None:
 @pytest.mark.parametrize(
     ("cast", "kind", "dtype", "limit"),
     [
-        ("bfloat16", "lora", torch.float32, 0.01),
+        slow("bfloat16", "lora", torch.float32, 0.01),
         ("bfloat16", "dora", torch.float32, 0.01),
         ("float8", "lora", torch.bfloat16, 0.08),
         ("float8", "lokr", torch.bfloat16, 0.08),
-        ("float8", "loha", torch.bfloat16, 0.08),
+        slow("float8", "loha", torch.bfloat16, 0.08),
     ],
 )
 def test_layerwise_casting(wan: Wan, cast: str, kind: str, dtype: torch.dtype, limit: float) -> None:
@@ -142,7 +144,7 @@ def test_layerwise_casting(wan: Wan, cast: str, kind: str, dtype: torch.dtype, l
     assert error(gradient(denoiser, trained, dtype), gradient(*tuned(wan, kind))) < limit
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "loha"])
+@pytest.mark.parametrize("kind", [slow("lora"), "dora", "lokr", slow("loha")])
 def test_adapters_on_a_small_base_start_unrounded(wan: Wan, kind: str) -> None:
     """Drawn in float32 where peft would draw in bfloat16, and the network starts as it was."""
     denoiser = wan.load_denoiser(torch.bfloat16)
@@ -173,7 +175,7 @@ def kept(denoiser: nn.Module) -> tuple[Tensor, int]:
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", slow("dora")])
 def test_checkpointing_every_nth_block_is_exact_and_in_between(wan: Wan, kind: str) -> None:
     found = {}
     for every in (0, 1, 2, 3):

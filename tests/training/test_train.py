@@ -89,7 +89,8 @@ def test_going_on_is_bit_exact(recipe: Callable[..., dict], tmp_path: Path, kind
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", slow("prodigy")])
+# Their state is saved and loaded in `test_small_optimizers_resume_bit_exactly`.
+@pytest.mark.parametrize("name", [slow("adamw8bit"), slow("prodigy")])
 def test_other_optimizers_resume(recipe: Callable[..., dict], tmp_path: Path, name: str) -> None:
     pytest.importorskip({"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name])
     options = {"optim__name": name, "optim__lr": 1.0 if name == "prodigy" else 1e-2, "tuner__rank": 64}
@@ -150,6 +151,7 @@ def test_two_processes_equal_accumulation_two(
     assert Run(resumed).checkpoints()[-1].name == "step-000008"
 
 
+@pytest.mark.slow  # see `test_a_refused_launch_writes_nothing`
 def test_another_recipe_does_not_go_on(recipe: Callable[..., dict]) -> None:
     run(recipe())
     with pytest.raises(ValueError, match=r"optim\.lr was 0\.01, is 0\.02"):
@@ -162,6 +164,7 @@ def test_number_of_processes_is_checked(recipe: Callable[..., dict]) -> None:
         run(recipe(runtime__world_size=2))
 
 
+@pytest.mark.slow  # see `test_damaged_checkpoint`
 def test_damaged_checkpoint_is_refused(recipe: Callable[..., dict]) -> None:
     folder = run(recipe())
     file = folder / "checkpoints/step-000006/trainer.safetensors"

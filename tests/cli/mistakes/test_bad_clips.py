@@ -16,6 +16,7 @@ from PIL import Image
 from support import videos
 from support.commands import files, inlaid
 from support.ground import Evil, Ground, cut, refused
+from support.slow import mostly_slow
 
 # --- clips --------------------------------------------------------------------------------------------------
 
@@ -286,7 +287,16 @@ CLIPS: dict[str, tuple[Callable[[Path], Any], Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CLIPS)
+ELSEWHERE = (
+    *("empty file", "truncated", "too short", "an image", "no caption", "empty caption"),
+    *("caption in another encoding", "clip of another kind", "nothing left to train on"),
+    *("escape in CSV", "escape in lines", "absolute path", "drive of Windows"),
+    *("link out of the folder", "caption linked out"),
+)
+"""What every run of the tests shows of the plan of the data alone (test_bad_data.py, test_data.py)."""
+
+
+@pytest.mark.parametrize("case", mostly_slow(CLIPS, lambda case: case not in ELSEWHERE))
 def test_clips(ground: Ground, case: str) -> None:
     damage, source, words = CLIPS[case]
     Path("d").mkdir()
@@ -323,7 +333,7 @@ WARNINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", WARNINGS)
+@pytest.mark.parametrize("case", mostly_slow(WARNINGS, "variable frame rate".__eq__))
 def test_what_is_only_worth_a_warning(ground: Ground, case: str) -> None:
     damage, words = WARNINGS[case]
     Path("d").mkdir()

@@ -21,6 +21,7 @@ from inlaid.training import checkpoints
 from inlaid.training.steps import DenoisingStep
 from support.commands import files, inlaid
 from support.ground import WEIGHTS, Ground, cut, refused
+from support.slow import slow
 
 NO_SPACE = "Error while serializing: I/O error: No space left on device (os error 28)"
 
@@ -32,23 +33,20 @@ def items(folder: Path | str = "cache") -> list[Path]:
     return sorted(Path(folder).rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (
-            SafetensorError(NO_SPACE),
-            [
-                "cache: the disk is full (No space left on device",
-                "; 2 of 3 items are cached and kept",
-            ],
-        ),
-        (
-            SafetensorError("I/O error: Read-only file system (os error 30)"),
-            ["cache: cannot be written (Read-only file system); 2 of 3 items are cached", "data.cache"],
-        ),
-    ],
+FULL = (
+    SafetensorError(NO_SPACE),
+    ["cache: the disk is full (No space left on device", "; 2 of 3 items are cached and kept"],
 )
-@pytest.mark.parametrize("bad_clips", ["stop", "quarantine"])
+READ_ONLY = (
+    SafetensorError("I/O error: Read-only file system (os error 30)"),
+    ["cache: cannot be written (Read-only file system); 2 of 3 items are cached", "data.cache"],
+)
+
+
+@pytest.mark.parametrize(
+    ("bad_clips", "error", "words"),
+    [("stop", *FULL), slow("stop", *READ_ONLY), slow("quarantine", *FULL), ("quarantine", *READ_ONLY)],
+)
 def test_cache_that_cannot_be_written(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str], bad_clips: str
 ) -> None:
@@ -103,8 +101,14 @@ GARBLED: Mapping[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["media", "text"])
-@pytest.mark.parametrize("case", GARBLED)
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        (case, kind) if (i + k) % 2 == 0 else slow(case, kind)
+        for i, case in enumerate(GARBLED)
+        for k, kind in enumerate(("media", "text"))
+    ],
+)
 def test_damaged_item_is_encoded_again(ground: Ground, case: str, kind: str) -> None:
     shutil.copytree(ground.cache, "cache")
     damaged = items(f"cache/{kind}")[0]
