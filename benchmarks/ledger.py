@@ -1,125 +1,159 @@
-"""Count floating-point operations, memory traffic, kernel launches and stored bytes of a training step.
+"""Predict memory and time of training steps by counting, and compare them with measured steps.
 
-    python benchmarks/ledger.py [--only TEXT]
+    python benchmarks/ledger.py [--only TEXT] [key=value ...]
 
-One forward and backward pass of published networks on the meta device, at batch 1 in bfloat16, through the
-same code as training. Every operation that is not a view counts as one launch that reads its inputs and
-writes its outputs. Seconds are predicted for one H100 by
+One forward and backward pass on the meta device at batch 1 in bfloat16, through the code that trains. Counted
+are floating-point operations, the bytes that all other operations read and write, kernel launches, and the
+bytes that are alive at the peak. Seconds are those of one H100 by `inlaid.check.ladder.seconds_of`, whose
+rates were fitted to three of the measured steps (Wan 2.1 1.3B and 14B, CogVideoX-5B).
 
-    attention FLOP / 580 T + product FLOP / 650 T + elementwise bytes / 2.9 TB
+- `measured` rows have the settings of `benchmarks/results/gpu-nvidia-h100-80gb-hbm3.json`, and show the
+  measured values beside the predicted ones.
+- Other rows have two sizes of clip: `peer`, 384x576 with rank 16 on the attention layers, and `full`, the
+  published size with the default adapter.
 
-whose constants were fitted to two measured steps (Wan 2.1 1.3B and 14B). Two sizes of the same clip: `peer`,
-384x576 with rank 16 on the attention layers, and `full`, 480x832 with the default adapter. Prints one JSON
-object per row.
+Writes `benchmarks/results/ledger.json` and `.md` after each row. A row that is already there is not counted
+again; delete the files to start over.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from inlaid import config
 from inlaid.alpha.opening import build_family
-from inlaid.check import estimate
+from inlaid.check import estimate, ladder
 from inlaid.console import quiet
-from inlaid.training.trained import trained_by
+from inlaid.families.grid import VideoExtent
 
-ROOT = Path(__file__).parent.parent
-RATES = {"attention": 580e12, "products": 650e12, "elementwise": 2.9e12}
-"""Fitted rates of an H100: FLOP per second, and bytes per second."""
+FOLDER = Path(__file__).parent / "results"
+MEASURED = FOLDER / "gpu-nvidia-h100-80gb-hbm3.json"
 
-aten = torch.ops.aten
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
-ATTENTION = {aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward}
-
-PEER = ["tuner.rank=16", "tuner.targets=[attn]"]
-ROWS: dict[str, tuple[str, tuple[int, int, int], list[str]]] = {
-    "Wan 1.3B peer": ("wan/t2v-1.3b-lora", (81, 384, 576), PEER),
-    "Wan 1.3B full": ("wan/t2v-1.3b-lora", (81, 480, 832), []),
+CHECKPOINTS = {
+    "Wan 1.3B": ("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", (81, 480, 832)),
+    "Wan 14B": ("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers", (81, 480, 832)),
+    "CogVideoX-5B": ("cogvideox", "THUDM/CogVideoX-5b", (49, 480, 720)),
+    "Mochi": ("mochi", "genmo/mochi-1-preview", (79, 480, 848)),
 }
+"""Family, checkpoint, and frames, height and width of each network."""
+
+PEER = {"tuner": {"rank": 16, "targets": [".*attn.*"]}}
+INT8 = {"memory": {"quantize": "int8"}}
+OLD = {"tuner": {"precision": "float32"}}
+"""Adapters computed in float32, as when the rows were measured."""
+
+KEPT = {"memory": {"gradient_checkpointing": "attention"}}
+
+ROWS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int] | None]] = {
+    "measured: Wan 1.3B LoRA": ("Wan 1.3B", OLD, None),
+    "measured: Wan 1.3B full": ("Wan 1.3B", {"tuner": {"kind": "full"}}, None),
+    "measured: CogVideoX-5B LoRA": ("CogVideoX-5B", OLD, None),
+    "measured: Mochi LoRA": ("Mochi", OLD, None),
+    "measured: Wan 14B LoRA": ("Wan 14B", OLD, None),
+    "measured: CogVideoX-5B LoRA int8": ("CogVideoX-5B", {**OLD, **INT8}, None),
+    "Wan 1.3B peer": ("Wan 1.3B", PEER, (81, 384, 576)),
+    "Wan 1.3B full": ("Wan 1.3B", {}, None),
+    "Wan 1.3B full, attention kept": ("Wan 1.3B", KEPT, None),
+    "Wan 14B peer": ("Wan 14B", PEER, (81, 384, 576)),
+    "Wan 14B full": ("Wan 14B", {}, None),
+    "CogVideoX-5B full": ("CogVideoX-5B", {}, None),
+    "CogVideoX-5B full, int8": ("CogVideoX-5B", INT8, None),
+    "Mochi full": ("Mochi", {}, None),
+    "Mochi joint full": ("Mochi", {"alpha": {"kind": "joint"}}, None),
+}
+"""Name of the network, sections of the recipe, and size of the clip (None: the published size)."""
 
 
-class Traffic(TorchDispatchMode):
-    """Torch dispatch mode that counts bytes and launches by class of operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = dict.fromkeys((*RATES, "float32 products"), 0)
-        self.launches = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return out
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if "empty" in func.overloadpacket.__name__:
-            return out
-        packet = func.overloadpacket
-        kind = "attention" if packet in ATTENTION else "products" if packet in PRODUCTS else "elementwise"
-        if kind == "products" and inputs[0].dtype is torch.float32:
-            kind = "float32 products"
-        self.bytes[kind] += sum(t.nbytes for t in (*inputs, *outputs))
-        self.launches += 1
-        return out
-
-
-def count(recipe: str, extent: tuple[int, int, int], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the counts of a forward and backward pass.
-
-    Args:
-        recipe: path below `recipes/`, without its suffix.
-        extent: frames, height and width.
-        overrides: `key=value` overrides of the recipe.
-    """
-    settings = config.load(ROOT / f"recipes/{recipe}.yaml", list(overrides))
+def count(
+    network: str, sections: dict[str, Any], extent: tuple[int, int, int] | None, overrides: list[str]
+) -> dict[str, Any]:
+    """Return the counts of a step, its predicted memory in bytes, and its predicted seconds."""
+    family_name, checkpoint, size = CHECKPOINTS[network]
+    raw = {
+        "run": "x",
+        "model": {"family": family_name, "checkpoint": checkpoint},
+        "data": {"sources": "x"},
+        **sections,
+    }
+    if sections.get("tuner", {}).get("kind") != "full":
+        raw["tuner"] = {"kind": "lora", "rank": 32, **sections.get("tuner", {})}
+    settings = config.build(raw, overrides)
     family = build_family(settings)
-    network, trained = estimate._network(family, trained_by(settings, family), torch.bfloat16)
-    with Traffic() as traffic:
-        found = estimate.count_operations(
-            family, network, extent, 1, checkpointing=settings.memory.gradient_checkpointing
-        )
-    products = found.linear + found.across
-    seconds = {
-        "attention": found.attention / RATES["attention"],
-        "products": products / RATES["products"],
-        "elementwise": traffic.bytes["elementwise"] / RATES["elementwise"],
-        "float32 products": traffic.bytes["float32 products"] / RATES["elementwise"],
-    }
+    shape = VideoExtent(*(extent or size))
+    found = estimate.estimate_recipe(
+        family,
+        settings,
+        {shape: 1},
+        {shape: 1},
+        [""],
+        device=torch.device("meta"),
+        precision=torch.bfloat16,
+        optimizer=settings.optim.name,
+    )
     return {
-        "tokens": family.tokens(*extent),
-        "trained": trained,
-        "attention_flop": found.attention,
-        "product_flop": products,
-        "bytes": traffic.bytes,
-        "launches": traffic.launches,
-        "activations": found.activations,
-        "seconds": seconds,
+        "tokens": family.tokens(*shape),
+        "trained": found.trained,
+        **asdict(found.counts),
+        "peak_bytes": found.peak,
+        "seconds": ladder.seconds_of(found.counts),
     }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the rows as a Markdown page."""
+    lines = [
+        "# Training steps by counting",
+        "",
+        "Generated by `python benchmarks/ledger.py`. Predicted for one H100, batch 1, bfloat16, all blocks",
+        "recomputed unless the row says otherwise. Measured values: `gpu-nvidia-h100-80gb-hbm3.md`.",
+        "",
+        "| row | tokens | attention TFLOP | other TFLOP | moved TB | launches | GB | measured | s | same |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        known = row.get("measured", {})
+        size, time = row["peak_bytes"] / 1e9, row["seconds"]
+        gigabytes = f"{known['bytes'] / 1e9:.2f} ({size * 1e9 / known['bytes'] - 1:+.1%})" if known else ""
+        seconds = f"{known['seconds']:.2f} ({time / known['seconds'] - 1:+.1%})" if known else ""
+        lines.append(
+            f"| {name} | {row['tokens']:,} | {row['attention'] / 1e12:,.0f} | "
+            f"{(row['linear'] + row['across']) / 1e12:,.0f} | {row['moved'] / 1e12:.2f} | "
+            f"{row['launches']:,} | {size:.2f} | {gigabytes} | {time:.2f} | {seconds} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Count every row and write the results."""
+    """Count every row that is not there yet, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="rows whose name contains this text")
-    parser.add_argument("overrides", nargs="*", help="key=value overrides of all recipes")
+    parser.add_argument("--only", default="", help="rows whose name contains this text; writes no files")
+    parser.add_argument("overrides", nargs="*", help="key=value overrides of all recipes; writes no files")
     options = parser.parse_args()
     quiet()
-    for name, (recipe, extent, overrides) in ROWS.items():
-        if options.only in name:
-            row = count(recipe, extent, [*overrides, *options.overrides])
-            print(name, json.dumps(row))
+    trial = bool(options.only or options.overrides)
+    file = FOLDER / "ledger.json"
+    rows = json.loads(file.read_text("utf-8")) if file.is_file() and not trial else {}
+    measured = {row["row"]: row for row in json.loads(MEASURED.read_text("utf-8"))["rows"]}
+    for name, row in ROWS.items():
+        if options.only not in name or name in rows:
+            continue
+        found = count(*row, options.overrides)
+        known = measured.get(name.removeprefix("measured: ")) if name.startswith("measured") else None
+        if known:
+            found["measured"] = {"seconds": known["seconds"], "bytes": known["peak_bytes"]}
+        rows[name] = found
+        print(f"{name}: {found['peak_bytes'] / 1e9:.2f} GB, {found['seconds']:.2f} s", flush=True)
+        if not trial:
+            file.write_text(json.dumps(rows, indent=1), "utf-8")
+            (FOLDER / "ledger.md").write_text(table({n: rows[n] for n in ROWS if n in rows}), "utf-8")
 
 
 if __name__ == "__main__":

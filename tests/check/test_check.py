@@ -237,7 +237,7 @@ def test_other_networks_of_the_family(run, request, variant):
     ],
 )
 def test_bytes_for_people(n, text):
-    assert check._bytes(n) == text
+    assert check.size_text(n) == text
 
 
 @pytest.mark.parametrize(

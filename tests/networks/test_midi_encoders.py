@@ -21,7 +21,7 @@ from inlaid.adapters import tuners
 from inlaid.adapters.adapter import WEIGHTS
 from inlaid.adapters.of_run import trained_folder
 from inlaid.check import estimate
-from inlaid.check.estimate import Counts
+from inlaid.check.counting import Counts
 from inlaid.data.batch import Batch
 from inlaid.data.cache import Cache
 from inlaid.data.modality import modality_of

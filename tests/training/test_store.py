@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from inlaid import config, families
 from inlaid.adapters import tuners
-from inlaid.check.estimate import _Ledger
+from inlaid.check.counting import _Ledger
 from inlaid.networks import quantize
 from inlaid.tiny import random
 from inlaid.training import memory

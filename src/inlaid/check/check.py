@@ -21,7 +21,9 @@ from rich.text import Text
 from inlaid import config as recipe
 from inlaid import families
 from inlaid.alpha.opening import build_family
+from inlaid.check import ladder
 from inlaid.check.estimate import Estimate, estimate_recipe
+from inlaid.check.ladder import size_text
 from inlaid.check.transparency import proposal
 from inlaid.console import progress
 from inlaid.data.captions import long_texts
@@ -89,6 +91,10 @@ class Report:
     """Pixel conversions that decoding applies, by clip name, such as `deinterlaced; mirrored`."""
     contact_sheet: str | None = None
     modality: str = "video"
+    vram: float | None = None
+    """GPU memory in GB for which `ladder` was computed."""
+    ladder: list[ladder.Rung] = field(default_factory=list)
+    """Memory settings from the fastest to the smallest; empty unless GPU memory was given."""
 
     @property
     def ok(self) -> bool:
@@ -107,10 +113,11 @@ class Report:
         return json.dumps(out, indent=2, ensure_ascii=False)
 
 
-def check_recipe(config: recipe.Config) -> Report:
+def check_recipe(config: recipe.Config, vram: float | None = None) -> Report:
     """Check the data and the recipe, and write the files `report.json` and `contact_sheet.png`.
 
-    The files are written to the folder `check` of the run.
+    The files are written to the folder `check` of the run. With `vram`, GPU memory in GB, the report also
+    compares memory settings.
 
     Raises:
         ValueError: if the family is unknown or the checkpoint's configuration cannot be read.
@@ -124,6 +131,7 @@ def check_recipe(config: recipe.Config) -> Report:
     mistakes = family.problems(config)
     buckets = _buckets(config, family, plan) if plan.train and not mistakes else []
     estimate, notes = None, _notes(config, family, plan)
+    rungs: list[ladder.Rung] = []
     length = _steps(config, plan)
     parts = [c for part in family.encoders.values() for c in part]
     hub = family.availability([*parts, *([family.component] if config.rgba_vae is None else [])])
@@ -137,6 +145,8 @@ def check_recipe(config: recipe.Config) -> Report:
             memo_file = Run(Path(config.run)).cache(config) / "estimates.json"
             memo = read_memo(memo_file)
             estimate, more = _estimate(config, family, plan, buckets, memo)
+            if vram:
+                rungs = _ladder(config, family, buckets, vram, memo)
             write_memo(memo_file, memo)
             notes += more
         except ValueError as error:
@@ -162,6 +172,8 @@ def check_recipe(config: recipe.Config) -> Report:
             if c.path in plan.probes and plan.probes[c.path].conversions
         },
         modality=family.modality,
+        vram=vram,
+        ladder=rungs,
     )
     if plan.train and (estimate or not buckets):  # sizes that cannot be estimated take minutes to draw
         sheet, damaged = _contact_sheet(config, modality, plan, folder / "contact_sheet.png")
@@ -313,10 +325,23 @@ def _estimate(
     )
     if estimate.capacity and estimate.peak > 0.95 * estimate.capacity:
         notes.append(
-            f"training needs about {_bytes(estimate.peak)} and {estimate.device} has "
-            f"{_bytes(estimate.capacity)}: {_memory_savings(config, device.type)}"
+            f"training needs about {size_text(estimate.peak)} and {estimate.device} has "
+            f"{size_text(estimate.capacity)}: {_memory_savings(config, device.type)}"
         )
     return estimate, notes
+
+
+def _ladder(
+    config: recipe.Config,
+    family: families.Family,
+    buckets: Sequence[Bucket],
+    vram: float,
+    memo: dict[str, Any],
+) -> list[ladder.Rung]:
+    """Return the memory settings of a GPU with `vram` GB for the largest clips, with a progress bar."""
+    largest = max((b.extent for b in buckets), key=lambda e: family.tokens(*e))
+    with progress("memory", len(ladder.LADDER), "setting") as advance:
+        return ladder.climb(family, config, largest, vram, memo=memo, advance=advance)
 
 
 def _memory_savings(config: recipe.Config, device: str) -> str:
@@ -356,6 +381,10 @@ def _contact_sheet(
 
 
 # --- printing ---------------------------------------------------------------------------------------------
+
+
+LEFT = ("memory settings", "source", "layout", "size", "image size", "latent", "alpha", "looks")
+"""Columns of tables that are aligned to the left."""
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -400,6 +429,8 @@ def print_report(report: Report, console: Console) -> None:
         _print_alphas(report.alphas, console)
     if report.estimate is not None:
         _print_estimate(report.estimate, report.steps, console)
+    if report.ladder and report.vram:
+        _print_ladder(report.ladder, report.vram, console)
     for note in report.notes:
         console.print(Text(f"note: {note}", "cyan"))
     for line in report.warnings:
@@ -455,7 +486,16 @@ def _by(numbers: Iterable[int]) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        left = column in ("source", "layout", "size", "image size", "latent", "alpha", "looks")
+        left = column in (
+            "memory settings",
+            "source",
+            "layout",
+            "size",
+            "image size",
+            "latent",
+            "alpha",
+            "looks",
+        )
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
@@ -463,10 +503,13 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
 
 
 def _print_estimate(estimate: Estimate, steps: int, console: Console) -> None:
-    rows = [(name, _bytes(size)) for name, size in estimate.memory.items() if size]
-    rows += [("memory while training", f"{_bytes(estimate.peak)} on {estimate.device}")]
+    rows = [(name, size_text(size)) for name, size in estimate.memory.items() if size]
+    rows += [("memory while training", f"{size_text(estimate.peak)} on {estimate.device}")]
     rows += [
-        ("cache on disk", f"{_bytes(sum(estimate.cache.values()))} (clips {_bytes(estimate.cache['clips'])})")
+        (
+            "cache on disk",
+            f"{size_text(sum(estimate.cache.values()))} (clips {size_text(estimate.cache['clips'])})",
+        )
     ]
     if estimate.seconds:
         rows += [("one step", " to ".join(_time(s) for s in estimate.seconds))]
@@ -482,12 +525,23 @@ def _print_estimate(estimate: Estimate, steps: int, console: Console) -> None:
     console.print()
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.1f} GB"
+def _print_ladder(rungs: Sequence[ladder.Rung], vram: float, console: Console) -> None:
+    best, first = ladder.choose(rungs), min((r.seconds for r in rungs if not r.problem), default=0.0)
+    rows = []
+    for rung in rungs:
+        fits = "no" if not rung.fits else "chosen" if rung is best else "yes"
+        shown = [size_text(rung.peak), f"{rung.seconds / first:.2f}", _time(rung.seconds), fits]
+        rows.append((rung.text, *(shown if not rung.problem else ("-", "-", "-", "refused"))))
+    columns = ("memory settings", "memory", "time", "on an H100", f"fits in {vram:g} GB")
+    console.print(_table(columns, rows))
+    console.print(Text(f"  {ladder.explain(rungs, vram)}", style="bold"))
+    console.print(
+        Text("  predicted: memory by a simulated step; time by counted operations and bytes at the rates of "
+             "an H100, relative to the fastest setting", style="dim")
+    )  # fmt: skip
+    for reason in dict.fromkeys(r.problem for r in rungs if r.problem):
+        console.print(Text(f"  refused: {reason}", style="dim"))
+    console.print()
 
 
 def _time(seconds: float) -> str:

@@ -163,7 +163,19 @@ def new(
 
 
 @app.command()
-def check(recipe: Recipe, overrides: Overrides = None) -> None:
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    vram: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Compare memory settings for a GPU with this many GB, such as 24, and show the fastest "
+            "setting that fits.",
+        ),
+    ] = None,
+) -> None:
     """Check data and recipe, and estimate memory and time. Loads no weights.
 
     Writes `check/report.json` and `check/contact_sheet.png` into the run folder. Exits with code 2 if there
@@ -173,7 +185,7 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
     from inlaid.check.check import check_recipe, print_report
     from inlaid.console import console
 
-    report = check_recipe(config)
+    report = check_recipe(config, vram)
     print_report(report, console)
     raise typer.Exit(0 if report.ok else 2)
 
