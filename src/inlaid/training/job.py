@@ -130,6 +130,7 @@ class Job:
                     show=False,
                 )
             self.denoiser.train()
+            memory.trim()
         self.ctx.barrier()
         self.meters.pause()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -22,6 +24,16 @@ COMPILED_SHAPES = 64
 
 torch's default limit of 8 would stop a run with many different clip sizes.
 """
+
+
+def trim() -> None:
+    """Return freed memory of this process to the system, if the C library can (glibc).
+
+    Otherwise, glibc may keep the memory that generation needed until the end of the run.
+    """
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
 
 
 def problems(config: recipe.Config, device: torch.device, precision: torch.dtype) -> list[str]:
