@@ -97,6 +97,8 @@ class Estimate:
     """Sentences that explain how the values were estimated, or why a value is missing."""
     counts: Counts
     """Counts of one micro-batch of the largest extent."""
+    copied: int
+    """Bytes that each micro-batch copies from host memory to the device."""
 
     @property
     def peak(self) -> int:
@@ -192,8 +194,10 @@ def estimate_recipe(
         f"time: {why}",
     )
     name, capacity = describe_device(device)
-    kind = _name(precision)
-    return Estimate(parameters, trained, memory, cache, flops, seconds, name, capacity, kind, how, counts)
+    kind, copied = _name(precision), frozen.copied + counts.host
+    return Estimate(
+        parameters, trained, memory, cache, flops, seconds, name, capacity, kind, how, counts, copied
+    )
 
 
 def _host(config: recipe.Config, frozen: _Frozen, counts: Counts, *, optimizer: bool) -> Iterator[str]:

@@ -21,9 +21,10 @@ from inlaid.families import Family
 from inlaid.families.grid import Extent
 from inlaid.runs.launch import Devices, resolve_devices
 
-RATES = {"attention": 580e12, "small_heads": 316e12, "products": 650e12, "moved": 2.9e12}
+RATES = {"attention": 580e12, "small_heads": 316e12, "products": 650e12, "moved": 2.9e12, "copied": 50e9}
 """Fitted rates of an H100: floating-point operations per second of attention with heads of 128 channels, of
-attention with heads of 64 channels, and of matrix products; bytes per second of all other operations."""
+attention with heads of 64 channels, and of matrix products; bytes per second of all other operations.
+`copied` is an assumption: bytes per second of copies from host memory over PCIe 5."""
 
 SPARE = (0.06, 0.8e9)
 """Memory that must stay free: a fraction of the GPU memory, and bytes (CUDA context, fragmentation)."""
@@ -32,11 +33,16 @@ LADDER: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": False},
     {"gradient_checkpointing": 2},
     {"gradient_checkpointing": "attention"},
+    {"gradient_checkpointing": "attention", "offload": ["activations"]},
     {"gradient_checkpointing": True},
-    {"gradient_checkpointing": True, "quantize": "int8"},
-    {"gradient_checkpointing": True, "quantize": "nf4"},
+    {"gradient_checkpointing": True, "offload": ["activations"]},
+    {"gradient_checkpointing": True, "offload": ["blocks", "activations"]},
+    {"gradient_checkpointing": True, "quantize": "int8", "offload": []},
+    {"gradient_checkpointing": True, "quantize": "nf4", "offload": []},
+    {"gradient_checkpointing": True, "quantize": "nf4", "offload": ["blocks", "activations"]},
 )
-"""Settings of the section `memory`. Each needs less memory than the one before, and usually more time."""
+"""Settings of the section `memory`, in the order in which a user would try them: those that change no number
+come first."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +63,28 @@ class Rung:
     @property
     def text(self) -> str:
         """The settings as text, such as `quantize=int8`."""
-        plain = {k: str(v).lower() if isinstance(v, bool) else v for k, v in self.settings.items()}
-        return ", ".join(f"{k}={v}" for k, v in plain.items())
+        return ", ".join(f"{k}={_plain(v)}" for k, v in self.settings.items() if v != [])
 
 
-def seconds_of(counts: Counts, accumulate: int = 1) -> float:
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "all" if len(value) > 1 else value[0]
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def seconds_of(counts: Counts, accumulate: int = 1, copied: int = 0) -> float:
     """Return the predicted seconds of an optimizer step on an H100.
-
-    Copies of offloaded weights and activations are not included; they overlap with the computation.
 
     Args:
         counts: counts of one micro-batch.
         accumulate: number of micro-batches in a step.
+        copied: bytes that a micro-batch copies from host memory while it computes.
     """
     large = counts.attention - counts.small_heads
     attention = large / RATES["attention"] + counts.small_heads / RATES["small_heads"]
     products = (counts.linear + counts.across) / RATES["products"]
-    return accumulate * (attention + products + counts.moved / RATES["moved"])
+    computed = attention + products + counts.moved / RATES["moved"]
+    return accumulate * max(computed, copied / RATES["copied"])
 
 
 def usable(vram: float) -> float:
@@ -144,7 +155,7 @@ def _rung(
         )
     except ValueError as error:
         return Rung(settings, problem=str(error).splitlines()[-1].strip(" -"))
-    seconds = seconds_of(found.counts, changed.train.accumulate)
+    seconds = seconds_of(found.counts, changed.train.accumulate, found.copied)
     return Rung(settings, "", found.peak, seconds, found.peak <= usable(vram))
 
 
