@@ -293,6 +293,7 @@ def test_offloaded_blocks_are_not_on_the_gpu(wan, section, count):
         assert "GB of frozen weights in host memory" in text
 
 
+@pytest.mark.slow
 def test_offloaded_activations_are_not_on_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("inlaid.training.store.LEAST", 1000)
     folder = random.build("wan", tmp_path / "w", layers=16, ffn=32)
