@@ -193,11 +193,8 @@ def estimate_recipe(
         kept,
         f"time: {why}",
     )
-    name, capacity = describe_device(device)
-    kind, copied = _name(precision), frozen.copied + counts.host
-    return Estimate(
-        parameters, trained, memory, cache, flops, seconds, name, capacity, kind, how, counts, copied
-    )
+    about = (*describe_device(device), _name(precision), how, counts, frozen.copied + counts.host)
+    return Estimate(parameters, trained, memory, cache, flops, seconds, *about)
 
 
 def _host(config: recipe.Config, frozen: _Frozen, counts: Counts, *, optimizer: bool) -> Iterator[str]:
