@@ -529,9 +529,11 @@ def _print_ladder(rungs: Sequence[ladder.Rung], vram: float, console: Console) -
     best, first = ladder.choose(rungs), min((r.seconds for r in rungs if not r.problem), default=0.0)
     rows = []
     for rung in rungs:
-        fits = "no" if not rung.fits else "chosen" if rung is best else "yes"
-        shown = [size_text(rung.peak), f"{rung.seconds / first:.2f}", _time(rung.seconds), fits]
-        rows.append((rung.text, *(shown if not rung.problem else ("-", "-", "-", "refused"))))
+        shown = ["-", "-", "-", "refused"]
+        if not rung.problem:
+            fits = "no" if not rung.fits else "chosen" if rung is best else "yes"
+            shown = [size_text(rung.peak), f"{rung.seconds / first:.2f}", _time(rung.seconds), fits]
+        rows.append((rung.text, *shown))
     columns = ("memory settings", "memory", "time", "on an H100", f"fits in {vram:g} GB")
     console.print(_table(columns, rows))
     console.print(Text(f"  {ladder.explain(rungs, vram)}", style="bold"))

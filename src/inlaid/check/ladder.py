@@ -19,7 +19,7 @@ from inlaid.check.counting import Counts
 from inlaid.check.estimate import estimate_recipe
 from inlaid.families import Family
 from inlaid.families.grid import Extent
-from inlaid.runs.launch import Devices, resolve_devices
+from inlaid.runs.launch import DevicePlan, Devices, resolve_devices
 
 RATES = {"attention": 580e12, "small_heads": 316e12, "products": 650e12, "moved": 2.9e12, "copied": 50e9}
 """Fitted rates of an H100: floating-point operations per second of attention with heads of 128 channels, of
@@ -37,8 +37,8 @@ LADDER: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": True, "offload": ["activations"]},
     {"gradient_checkpointing": True, "offload": ["blocks", "activations"]},
-    {"gradient_checkpointing": True, "quantize": "int8", "offload": []},
-    {"gradient_checkpointing": True, "quantize": "nf4", "offload": []},
+    {"gradient_checkpointing": True, "quantize": "int8"},
+    {"gradient_checkpointing": True, "quantize": "nf4"},
     {"gradient_checkpointing": True, "quantize": "nf4", "offload": ["blocks", "activations"]},
 )
 """Settings of the section `memory`, in the order in which a user would try them: those that change no number
@@ -63,7 +63,7 @@ class Rung:
     @property
     def text(self) -> str:
         """The settings as text, such as `quantize=int8`."""
-        return ", ".join(f"{k}={_plain(v)}" for k, v in self.settings.items() if v != [])
+        return ", ".join(f"{k}={_plain(v)}" for k, v in self.settings.items())
 
 
 def _plain(value: Any) -> str:
@@ -125,7 +125,7 @@ def climb(
     rungs = []
     for settings in LADDER:
         if config.memory.quantize in (None, settings.get("quantize")) or "quantize" not in settings:
-            rungs.append(_rung(family, raw, settings, extent, vram, place.precision, place.optimizer, memo))
+            rungs.append(_rung(family, raw, settings, extent, vram, place, memo))
         advance()
     return rungs
 
@@ -136,8 +136,7 @@ def _rung(
     settings: dict[str, Any],
     extent: Extent,
     vram: float,
-    precision: torch.dtype,
-    optimizer: str,
+    place: DevicePlan,
     memo: dict[str, Any] | None,
 ) -> Rung:
     try:
@@ -149,8 +148,8 @@ def _rung(
             {extent: 1},
             [""],
             device=torch.device("meta"),
-            precision=precision,
-            optimizer=optimizer,
+            precision=place.precision,
+            optimizer=place.optimizer,
             memo=memo,
         )
     except ValueError as error:

@@ -177,7 +177,6 @@ def keep_attention(store: Store | None = None) -> tuple[AbstractContextManager, 
 
     The first stores the results of attention in the forward pass of a block. The second takes the stored
     results when the block is recomputed. Attention over fewer than `KEPT_TOKENS` keys is computed again.
-    torch's `create_selective_checkpoint_contexts` is not used, because its stored tensors cannot be moved.
 
     Args:
         store: store for large results, if activations are offloaded.
